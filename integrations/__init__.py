@@ -1,0 +1,1 @@
+"""Integrations with SDKs and frameworks, one small module each; imports as ``throttle.integrations``."""
