@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 
 import throttle.redis
 from tests import servers
-from throttle.bucket import epoch_length
 from throttle.clock import Clock
 from throttle.keys import Key
 from throttle.quota import Quota
@@ -378,7 +377,7 @@ def test_any_history_is_answered_alike_to_the_last_bit(
 @pytest.mark.parametrize("window", [20, 60, 240, 3600])
 def test_peaks_are_remembered_and_forgotten_alike(redis: ClockedRedis, window: float) -> None:
     rng = random.Random(window)
-    epoch = epoch_length(Quota(1, window))
+    epoch = Quota(1, window).epoch_us
     given = 0
     for _ in range(30):
         pair = new_pair(redis)

@@ -166,7 +166,7 @@ class TestAsAValue:
         assert hash(same) == hash(self.quota)
 
     @pytest.mark.parametrize(
-        "field, value", [("limit", 11), ("window", 61), ("burst", 6), ("unit", "t")]
+        ("field", "value"), [("limit", 11), ("window", 61), ("burst", 6), ("unit", "t")]
     )
     def test_one_other_field_is_another_quota(self, field: str, value: Any) -> None:
         assert dataclasses.replace(self.quota, **{field: value}) != self.quota

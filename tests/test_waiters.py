@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -13,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.bound import effective_burst
-from tests.conftest import Face
+from tests.conftest import ROOT, Face
 from tests.servers import Server
 from throttle import (
     MemoryStore,
@@ -24,8 +27,8 @@ from throttle import (
     StoreUnavailable,
 )
 from throttle.clock import TaskSleeper
+from throttle.queue import Queue
 from throttle.testing import ClockInSeconds
-from throttle.waiters import Queue
 
 
 def run_tasks(callers: int, one: Callable[[int], Any]) -> None:
@@ -511,3 +514,41 @@ def test_when_the_store_fails_everybody_who_waits_learns_it_at_once(server: Serv
         server.resume()
         store.close()
     assert store.queues == {}
+
+
+def test_a_process_that_ends_returns_what_its_threads_were_promised(server: Server) -> None:
+    script = f"""
+import threading, time
+from throttle import RateLimiter, RedisStore
+limiter = RateLimiter("exit", 1, 60, burst=1, store=RedisStore({server.url!r}, timeout=5))
+limiter.reset()
+limiter.acquire()
+for _ in range(3):
+    threading.Thread(target=limiter.acquire, daemon=True).start()
+while not any(queue.promised for queue in limiter.store.queues.values()):
+    time.sleep(0.01)
+assert limiter.peek().retry_after > 100
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=30, cwd=ROOT)
+    store = RedisStore(server.url, timeout=5)
+    limiter = RateLimiter("exit", 1, 60, burst=1, store=store)
+    assert 50 < (limiter.peek().retry_after or 0) <= 60
+    store.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_child_of_a_fork_does_not_wait_in_its_parents_queue() -> None:
+    limiter = RateLimiter("api", 5, 1, burst=1, store=MemoryStore())
+    limiter.acquire()
+    parents = [threading.Thread(target=limiter.acquire) for _ in range(3)]
+    for thread in parents:
+        thread.start()
+    while not limiter.store.queues:
+        time.sleep(0.001)
+    child = os.fork()
+    if not child:
+        limiter.acquire()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    for thread in parents:
+        thread.join()

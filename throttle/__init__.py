@@ -14,8 +14,9 @@ from throttle.errors import (
     ThrottleError,
 )
 from throttle.events import Event, add_hook
-from throttle.limiter import Permit, RateLimiter, RedisRateLimiter, Status
+from throttle.limiter import RateLimiter, RedisRateLimiter
 from throttle.limits import API_LIMITS, ENDPOINT_LIMITS
+from throttle.permit import Permit, Status
 from throttle.quota import Quota
 from throttle.redis import RedisStore
 from throttle.store import MemoryStore, Store

@@ -17,10 +17,11 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import throttle
-from throttle.errors import ConfigurationError, ThrottleError, in_seconds, printable
+from throttle.errors import ConfigurationError, ThrottleError, in_seconds
+from throttle.keys import printable
 
 if TYPE_CHECKING:
-    from throttle.limiter import Status
+    from throttle.permit import Status
     from throttle.quota import Quota
     from throttle.store import Store
 

@@ -15,15 +15,12 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from throttle.quota import MICROSECONDS, Quota
+from throttle.quota import EPOCHS, Quota
 
-__all__ = ["EPOCHS", "LONGEST_WAIT", "Receipt", "TokenBucket", "epoch_length"]
+__all__ = ["LONGEST_WAIT", "Receipt", "TokenBucket"]
 
 LONGEST_WAIT = 1 << 52
 """Microseconds (142 years): where waits saturate, so that the sums stay exact in a double."""
-
-EPOCHS = 16
-"""How many epochs the ring of peaks remembers."""
 
 
 class Receipt(NamedTuple):
@@ -33,15 +30,21 @@ class Receipt(NamedTuple):
     last: int
 
 
-def epoch_length(quota: Quota) -> int:
-    """Return the microseconds that share one peak: a sixteenth of the window, 2 to 15 s."""
-    return min(max(quota.window_us // EPOCHS, 2 * MICROSECONDS), 15 * MICROSECONDS)
-
-
 class TokenBucket:
     """One bucket that refills continuously; every method takes `now`, and none looks at a clock."""
 
-    __slots__ = ("at", "born", "burst", "firm", "floor", "last", "peaks", "rate", "serial", "tokens")
+    __slots__ = (
+        "at",
+        "born",
+        "burst",
+        "firm",
+        "floor",
+        "last",
+        "peaks",
+        "rate",
+        "serial",
+        "tokens",
+    )
 
     def __init__(self, quota: Quota, now: int, serial: int) -> None:
         self.tokens: float = quota.burst
@@ -66,7 +69,7 @@ class TokenBucket:
         at = self.at
         if now < at:
             self.last -= at - now
-            self.peaks = [(now // epoch_length(quota) + EPOCHS, math.inf)]
+            self.peaks = [(now // quota.epoch_us + EPOCHS, math.inf)]
             self.at = now
             self.firm = self.serial
             return True
@@ -80,6 +83,29 @@ class TokenBucket:
             self.firm = self.serial
         self.tokens = min(self.tokens, self.burst)
         return False
+
+    def spend(self, quota: Quota, cost: float, now: int) -> bool:
+        """Take `cost` now if that is plain; False: `advance`, `earliest` and `charge` must look.
+
+        The same as these three for a call that need not wait, while there is no hold: one method,
+        because this is what nearly every call goes through.
+        """
+        tokens = self.tokens + self.rate * (now - self.at)
+        if tokens > self.burst:
+            tokens = self.burst
+        if now < self.at or tokens < cost or not self.peaks or self.rate != quota.rate:
+            return False
+        epoch, peak = self.peaks[0]
+        if epoch != now // quota.epoch_us or self.burst != quota.burst:
+            return False
+        if tokens > peak:
+            self.peaks[0] = epoch, tokens
+        self.tokens = tokens - cost
+        self.at = now
+        self.serial += 1
+        if now > self.last:
+            self.last = now
+        return True
 
     def earliest(self, quota: Quota, cost: float, start: int) -> int:
         """Return the first instant at or after `start` that the line reaches `cost`."""
@@ -97,7 +123,7 @@ class TokenBucket:
         """
         later = quota.rate * (act - start)
         self.tokens = min(self.tokens, quota.burst - later)
-        self._record(epoch_length(quota), act, self.tokens + later)
+        self._record(quota.epoch_us, act, self.tokens + later)
         self.tokens -= cost
         receipt = Receipt(self.serial + 1, self.last)
         self.serial += 1
@@ -124,7 +150,7 @@ class TokenBucket:
         if receipt.serial <= self.floor or act > self.last:
             return charged  # the charge of a bucket that was full and dropped since
         firm = receipt.serial <= self.firm
-        first = -LONGEST_WAIT if firm else act // epoch_length(quota)
+        first = -LONGEST_WAIT if firm else act // quota.epoch_us
         newest = undo and receipt.serial == self.serial
         if newest:
             back = surplus

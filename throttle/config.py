@@ -60,12 +60,12 @@ STORE_TIMEOUT = 0.1
 
 def configure(
     *,
-    redis_url: str | None | Unset = UNSET,
-    prefix: str | None | Unset = UNSET,
-    store: Store | None | Unset = UNSET,
-    store_timeout: float | None | Unset = UNSET,
-    max_keys: int | None | Unset = UNSET,
-    unknown: Literal["default", "error"] | None | Unset = UNSET,
+    redis_url: str | Unset | None = UNSET,
+    prefix: str | Unset | None = UNSET,
+    store: Store | Unset | None = UNSET,
+    store_timeout: float | Unset | None = UNSET,
+    max_keys: int | Unset | None = UNSET,
+    unknown: Literal["default", "error"] | Unset | None = UNSET,
 ) -> None:
     """Set what holds for every limiter of this process that does not say otherwise itself.
 

@@ -13,7 +13,8 @@ from types import CodeType, CoroutineType, GeneratorType, TracebackType, Wrapper
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Protocol, TypeAlias, TypeVar, cast
 
 from throttle.errors import ConfigurationError
-from throttle.limiter import UNSET, Cost, Partition, RateLimiter, Unset, check_cost
+from throttle.limiter import UNSET, Cost, Partition, RateLimiter, Unset
+from throttle.permit import check_cost
 
 if TYPE_CHECKING:
     from throttle.quota import QuotasLike
@@ -106,6 +107,8 @@ def _wrap(
     acquire, acquire_async = limiter.acquire, limiter.acquire_async
     kind = _kind(function, is_async)
     wrapper: Callable[..., Any]
+    pass_at_once = limiter.pass_at_once
+    plain = key is None and not isinstance(cost, bool) and cost == 1
 
     def cost_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cost:
         return cost(*args, **kwargs) if callable(cost) else cost
@@ -118,7 +121,8 @@ def _wrap(
         return function(*args, **kwargs)
 
     async def call_async(*args: Any, **kwargs: Any) -> Any:
-        await acquire_async(cost_of(args, kwargs), key=key_of(args, kwargs), max_wait=max_wait)
+        if not (plain and pass_at_once()):
+            await acquire_async(cost_of(args, kwargs), key=key_of(args, kwargs), max_wait=max_wait)
         result = function(*args, **kwargs)
         return await result if _is_awaitable(result) else result
 
@@ -170,7 +174,8 @@ def _wrap(
             nonlocal calls
             if calls is not None:
                 return calls(*args, **kwargs)
-            acquire(cost_of(args, kwargs), key=key_of(args, kwargs), max_wait=max_wait)
+            if not (plain and pass_at_once()):
+                acquire(cost_of(args, kwargs), key=key_of(args, kwargs), max_wait=max_wait)
             result = function(*args, **kwargs)
             if is_async is None and _is_awaitable(result):
                 calls = call_async if isinstance(result, CoroutineType) else call_later

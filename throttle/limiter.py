@@ -14,26 +14,23 @@ from __future__ import annotations
 
 import math
 import sys
-import threading
 import warnings
+import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from throttle import config, events, waiters
 from throttle.errors import ConfigurationError, CostExceedsLimit, RateLimitExceeded
 from throttle.events import Event
 from throttle.keys import Key, printable
 from throttle.limits import changes, default_window, look_up
+from throttle.permit import Permit, Status, check_cost, whole
 from throttle.quota import MICROSECONDS, Quota, QuotasLike, parse_quotas
-from throttle.store import Store
-from throttle.take import LOOK, Charge, Decision, Give, Hold, Reset, Take
+from throttle.store import MemoryStore, Store
+from throttle.take import LOOK, Decision, Hold, Reset, Take
 
-if TYPE_CHECKING:
-    from typing import Self
-
-__all__ = ["Cost", "Partition", "Permit", "RateLimiter", "RedisRateLimiter", "Status"]
+__all__ = ["Cost", "Partition", "RateLimiter", "RedisRateLimiter"]
 
 Cost: TypeAlias = "float | Mapping[str, float]"
 Partition: TypeAlias = "str | int | None"
@@ -41,142 +38,10 @@ Unset = config.Unset
 UNSET = config.UNSET
 
 
-@dataclass(frozen=True, slots=True)
-class Status:
-    """How a limit stands, as `RateLimiter.peek` saw it; nothing was taken.
-
-    Of the quota that decides, and in `quotas` of each: its `limit` and `remaining` (a whole number
-    of its `unit`, at least 0), the seconds after which the cost would go (`retry_after`; None: now,
-    infinity: never, the cost is above the burst), and those after which the bucket is full again.
-    """
-
-    quota: Quota
-    remaining: int
-    retry_after: float | None
-    reset_after: float
-    quotas: tuple[Status, ...] = ()
-
-    @property
-    def limit(self) -> float:
-        """The limit of the quota that decides, in its unit."""
-        return self.quota.limit
-
-    @property
-    def unit(self) -> str:
-        """The unit that the quota counts."""
-        return self.quota.unit
-
-
-class Permit:
-    """The right to make one call, now or after `delay` seconds.
-
-    `delay`: of `reserve`, the seconds to wait before the call; of `acquire`, those it has waited.
-    `remaining` is what was left then of the quota that decides (a whole number, at least 0) and
-    `reset_after` the seconds until it is full again. `key` is the name and the partition.
-    """
-
-    __slots__ = ("_act", "_charges", "_lock", "_store", "delay", "key", "remaining", "reset_after")
-
-    def __init__(self, store: Store, take: Take, decision: Decision, delay: float) -> None:
-        self.key: str = take.key
-        self.delay = delay
-        quota = take.quotas[decision.binding]
-        self.remaining = _whole(decision.levels[decision.binding], quota)
-        self.reset_after = (decision.full_at[decision.binding] - decision.now) / MICROSECONDS
-        self._store = store
-        self._act = decision.act
-        self._lock = threading.Lock()
-        self._charges: tuple[Charge, ...] | None = tuple(
-            Charge(quota, cost, receipt)
-            for quota, cost, receipt in zip(take.quotas, take.costs, decision.receipts, strict=True)
-            if receipt is not None
-        )
-
-    def cancel(self) -> None:
-        """Give the permit back, as far as the bound allows: the call was not made after all.
-
-        Done twice it does nothing. Raises `StoreUnavailable` when the store does not answer.
-        """
-        give = self._cancelling()
-        if give is not None:
-            waiters.give(self._store, give)
-
-    async def cancel_async(self) -> None:
-        """Give the permit back, as far as the bound allows: the call was not made after all.
-
-        Done twice it does nothing. Raises `StoreUnavailable` when the store does not answer.
-        """
-        give = self._cancelling()
-        if give is not None:
-            await waiters.give_async(self._store, give)
-
-    def settle(self, **units: float) -> None:
-        """Correct the cost to what was really used, by unit: ``permit.settle(tokens=973)``.
-
-        The cost is absolute and the last one wins; units not named keep theirs, and nothing happens
-        after `cancel`. Less than was taken is given back as far as the bound allows, more becomes
-        debt. Raises `ConfigurationError` for an unknown unit or a cost that makes no sense.
-        """
-        give = self._settling(units)
-        if give is not None:
-            self._settled(give, waiters.give(self._store, give))
-
-    async def settle_async(self, **units: float) -> None:
-        """Correct the cost to what was really used, by unit: ``permit.settle_async(tokens=973)``.
-
-        The cost is absolute and the last one wins; units not named keep theirs, and nothing happens
-        after `cancel_async`. Less than was taken is given back as far as the bound allows, more
-        becomes debt. Raises `ConfigurationError` for an unknown unit or a cost that makes no sense.
-        """
-        give = self._settling(units)
-        if give is not None:
-            self._settled(give, await waiters.give_async(self._store, give))
-
-    def __repr__(self) -> str:
-        state = "cancelled" if self._charges is None else f"delay={self.delay:.6g}"
-        shown = self.key.shown() if isinstance(self.key, Key) else printable(self.key)
-        return f"<Permit {shown} {state} remaining={self.remaining}>"
-
-    def _cancelling(self) -> Give | None:
-        with self._lock:
-            charges, self._charges = self._charges, None
-        if not charges:
-            return None
-        return Give(self._named(), charges, self._act, (0.0,) * len(charges), True)
-
-    def _settling(self, units: Mapping[str, float]) -> Give | None:
-        charges = self._charges
-        if not charges:
-            return None
-        known = {charge.quota.unit for charge in charges}
-        for unit, cost in units.items():
-            if unit not in known:
-                raise ConfigurationError(
-                    f"{unit!r} is not a unit of this permit; it has {', '.join(sorted(known))}"
-                )
-            check_cost(cost)
-        named = tuple(charge for charge in charges if charge.quota.unit in units)
-        costs = tuple(float(units[charge.quota.unit]) for charge in named)
-        return Give(self._named(), named, self._act, costs, False) if named else None
-
-    def _settled(self, give: Give, counts: tuple[float, ...]) -> None:
-        known = dict(zip((charge.quota for charge in give.charges), counts, strict=True))
-        with self._lock:
-            if self._charges is not None:
-                self._charges = tuple(
-                    charge._replace(counts=known.get(charge.quota, charge.counts))
-                    for charge in self._charges
-                )
-
-    def _named(self) -> Key:
-        assert isinstance(self.key, Key)
-        return self.key
-
-
 class _Plan(NamedTuple):
-    """What a limiter asks for, as tables and settings stand at `count` changes."""
+    """What a limiter asks for, as tables and settings stood when `seen` changes were noted."""
 
-    count: int
+    seen: int
     store: Store
     quotas: tuple[Quota, ...]
     units: frozenset[str]
@@ -185,6 +50,8 @@ class _Plan(NamedTuple):
     one: tuple[float, ...]
     """The costs of one call; empty when a plain number counts nothing."""
     admits_all: bool
+    simple: MemoryStore | None
+    """The memory store, when there is only one quota: most calls can go on a short way."""
 
 
 class RateLimiter:
@@ -210,7 +77,9 @@ class RateLimiter:
         max_wait: float | None = None,
     ) -> None:
         if not isinstance(key, str) or not key:
-            raise ConfigurationError(f"key: {key!r} is not the name of a limit (a non-empty string)")
+            raise ConfigurationError(
+                f"key: {key!r} is not the name of a limit (a non-empty string)"
+            )
         if store is not None and not isinstance(store, Store):
             raise ConfigurationError(
                 f"store: {type(store).__name__} is not a store; use MemoryStore() or RedisStore(url)"
@@ -223,7 +92,6 @@ class RateLimiter:
         self._named = Key(key)
         self._plan: _Plan | None = None
         self._uncharged_warned = False
-        self._changed = False
 
     # Asking
 
@@ -242,7 +110,7 @@ class RateLimiter:
         return (await self._fail_fast_async(cost, key))[0]
 
     def acquire(
-        self, cost: Cost = 1, *, key: Partition = None, max_wait: float | None | Unset = UNSET
+        self, cost: Cost = 1, *, key: Partition = None, max_wait: float | Unset | None = UNSET
     ) -> Permit:
         """Wait for a permit and return it when the call may go.
 
@@ -269,7 +137,7 @@ class RateLimiter:
         return self._permit(store, take, decision, store.clock.now() - began)
 
     async def acquire_async(
-        self, cost: Cost = 1, *, key: Partition = None, max_wait: float | None | Unset = UNSET
+        self, cost: Cost = 1, *, key: Partition = None, max_wait: float | Unset | None = UNSET
     ) -> Permit:
         """Wait for a permit and return it when the call may go.
 
@@ -295,7 +163,7 @@ class RateLimiter:
         return self._permit(store, take, decision, store.clock.now() - began)
 
     def reserve(
-        self, cost: Cost = 1, *, key: Partition = None, max_wait: float | None | Unset = UNSET
+        self, cost: Cost = 1, *, key: Partition = None, max_wait: float | Unset | None = UNSET
     ) -> Permit:
         """Return a permit for the first free time without sleeping: go after `permit.delay` seconds.
 
@@ -310,7 +178,7 @@ class RateLimiter:
         return self._permit(plan.store, take, decision, decision.act - decision.now)
 
     async def reserve_async(
-        self, cost: Cost = 1, *, key: Partition = None, max_wait: float | None | Unset = UNSET
+        self, cost: Cost = 1, *, key: Partition = None, max_wait: float | Unset | None = UNSET
     ) -> Permit:
         """Return a permit for the first free time without sleeping: go after `permit.delay` seconds.
 
@@ -370,7 +238,19 @@ class RateLimiter:
         await plan.store.run_async((reset,))
         self._was_reset(plan, reset)
 
-    def check_wait(self, max_wait: float | None | Unset) -> None:
+    def pass_at_once(self) -> bool:
+        """Take the permit of one call if that is plain, and quickly; False: use `acquire`.
+
+        For callers that want no `Permit`, as the decorator; what it does not do in full, as telling
+        hooks, it leaves to `acquire`.
+        """
+        plan = self._plan
+        if plan is None or plan.simple is None or plan.seen != changes.count or events.hooks:
+            return False
+        tag = self._named.tag
+        return tag not in plan.simple.queues and plan.simple.spend(tag, plan.quotas, 1.0)
+
+    def check_wait(self, max_wait: float | Unset | None) -> None:
         """Raise `ConfigurationError` if this is not a time to wait."""
         if not isinstance(max_wait, Unset):
             _wait_limit(max_wait)
@@ -388,12 +268,16 @@ class RateLimiter:
         new = parse_quotas(quotas, where=f"quotas of {printable(self.name)!r}")
         plan = self._current()
         self._given = new
-        self._changed = True
         self._plan = None
         if [quota.unit for quota in plan.quotas] == [quota.unit for quota in new]:
             for queue in list(plan.store.queues.values()):
                 if queue.key.name == self.name:
                     queue.requote(plan.quotas, new)
+
+    @property
+    def from_tables(self) -> bool:
+        """Whether the quotas come from the tables."""
+        return self._given is None
 
     @property
     def store(self) -> Store:
@@ -434,7 +318,7 @@ class RateLimiter:
         take = self._take(plan, cost, key, 0)
         if plan.admits_all:
             return True, _unlimited(plan, take).remaining
-        if _too_big(take) is not None:
+        if self._never_fits(take) is not None:
             return False, self.peek(0, key=key).remaining
         return self._verdict(take, waiters.ask(plan.store, take))
 
@@ -443,7 +327,7 @@ class RateLimiter:
         take = self._take(plan, cost, key, 0)
         if plan.admits_all:
             return True, _unlimited(plan, take).remaining
-        if _too_big(take) is not None:
+        if self._never_fits(take) is not None:
             return False, (await self.peek_async(0, key=key)).remaining
         return self._verdict(take, await waiters.ask_async(plan.store, take))
 
@@ -452,16 +336,19 @@ class RateLimiter:
             self._granted(take, 0)
         else:
             self._refused(take, decision)
-        return decision.granted, _whole(
+        return decision.granted, whole(
             decision.levels[decision.binding], take.quotas[decision.binding]
         )
 
     def _open_store(self) -> Store:
-        return self._store if self._store is not None else config.default_store()
+        if self._store is None:
+            return config.default_store()
+        config.check_no_redis_in_virtual_time(self._store)
+        return self._store
 
     def _current(self) -> _Plan:
         plan = self._plan
-        if plan is None or plan.count != changes.count:
+        if plan is None or plan.seen != changes.count:
             plan = self._plan = self._resolve()
         return plan
 
@@ -474,9 +361,18 @@ class RateLimiter:
         one = tuple(1.0 if quota.unit == counted else 0.0 for quota in quotas)
         if counted not in units:
             one = ()
-        _warn_of_mismatch(store, self.name, quotas, expected=self._changed)
-        self._changed = False
-        return _Plan(count, store, quotas, units, counted, one, config.admits_all())
+        _compare_opinions(self, store, quotas)
+        simple = len(quotas) == 1 and not config.admits_all()
+        return _Plan(
+            count,
+            store,
+            quotas,
+            units,
+            counted,
+            one,
+            config.admits_all(),
+            store if simple and type(store) is MemoryStore else None,
+        )
 
     def _key(self, partition: Partition) -> Key:
         if partition is None:
@@ -488,9 +384,9 @@ class RateLimiter:
         return Key(self.name, str(partition))
 
     def _take(
-        self, plan: _Plan, cost: Cost, partition: Partition, max_wait: float | None | Unset
+        self, plan: _Plan, cost: Cost, partition: Partition, max_wait: float | Unset | None
     ) -> Take:
-        plain = cost == 1 and cost is not True and plan.one
+        plain = plan.one and cost == 1 and cost is not True
         costs = plan.one if plain else self._costs(plan, cost)
         wait = self._wait if isinstance(max_wait, Unset) else _wait_limit(max_wait)
         return Take(self._key(partition), plan.quotas, costs, wait)
@@ -517,13 +413,16 @@ class RateLimiter:
         return tuple(float(cost) if quota.unit == plan.counted else 0.0 for quota in plan.quotas)
 
     def _check_fits(self, take: Take) -> None:
+        index = self._never_fits(take)
+        if index is not None:
+            raise CostExceedsLimit(take.key, take.quotas[index], None, cost=take.costs[index])
+
+    def _never_fits(self, take: Take) -> int | None:
+        """Return the index of a quota whose burst is below its cost, and tell of the refusal."""
         index = _too_big(take)
         if index is not None:
-            error = CostExceedsLimit(
-                take.key, take.quotas[index], None, cost=take.costs[index]
-            )
             self._tell(Event("refused", take.key, take.quotas[index], _by_unit(take)))
-            raise error
+        return index
 
     def _looks(self, plan: _Plan, cost: Cost, key: Partition) -> list[Take]:
         take = self._take(plan, cost, key, None)._replace(max_wait=LOOK)
@@ -573,9 +472,7 @@ class RateLimiter:
             cost=take.costs[decision.binding],
             reset_after=(decision.full_at[decision.binding] - decision.now) / MICROSECONDS,
         )
-        self._tell(
-            Event("refused", take.key, quota, _by_unit(take), retry_after=error.retry_after)
-        )
+        self._tell(Event("refused", take.key, quota, _by_unit(take), retry_after=error.retry_after))
         return error
 
     def _waits(self, take: Take, decision: Decision | None) -> None:
@@ -624,9 +521,7 @@ class RedisRateLimiter(RateLimiter):
         super().__init__(key, limit, window, burst=burst, quotas=quotas, max_wait=max_wait)
         self._redis = redis_url, prefix, store_timeout
         if redis_url is not None or prefix is not None or store_timeout is not None:
-            config.redis_store(
-                redis_url, prefix=prefix, store_timeout=store_timeout, keep=False
-            )
+            config.redis_store(redis_url, prefix=prefix, store_timeout=store_timeout, keep=False)
 
     def check_limit(self, identifier: str | int, cost: Cost = 1) -> tuple[bool, int]:
         """Take a permit for this identifier if there is one now; return whether, and what is left.
@@ -684,11 +579,6 @@ def _wait_limit(max_wait: float | None) -> float:
     return max_wait * MICROSECONDS
 
 
-def check_cost(cost: object) -> None:
-    if isinstance(cost, bool) or not isinstance(cost, (int, float)) or not 0 <= cost <= 1e15:
-        raise ConfigurationError(f"cost: {cost!r} is not a number from 0 to 1e15")
-
-
 def _too_big(take: Take) -> int | None:
     for index, (quota, cost) in enumerate(zip(take.quotas, take.costs, strict=True)):
         if cost > quota.burst:
@@ -700,11 +590,6 @@ def _by_unit(take: Take) -> dict[str, float]:
     return dict(zip((quota.unit for quota in take.quotas), take.costs, strict=True))
 
 
-def _whole(level: float, quota: Quota) -> int:
-    # Half a microsecond of refill and a billionth of the bucket are what rounding may hide.
-    return max(0, math.floor(level + min(0.5 * quota.rate, 0.5) + 1e-9 * quota.burst))
-
-
 def _status(looks: list[Take], decisions: list[Decision]) -> Status:
     def one(take: Take, decision: Decision) -> Status:
         index = decision.binding
@@ -714,13 +599,13 @@ def _status(looks: list[Take], decisions: list[Decision]) -> Status:
             retry_after = math.inf
         return Status(
             quota,
-            _whole(decision.levels[index], quota),
+            whole(decision.levels[index], quota),
             retry_after or None,
             (decision.full_at[index] - decision.now) / MICROSECONDS,
         )
 
-    whole, *alone = (one(take, reply) for take, reply in zip(looks, decisions, strict=True))
-    return Status(whole.quota, whole.remaining, whole.retry_after, whole.reset_after, tuple(alone))
+    joint, *alone = (one(take, reply) for take, reply in zip(looks, decisions, strict=True))
+    return Status(joint.quota, joint.remaining, joint.retry_after, joint.reset_after, tuple(alone))
 
 
 def _unlimited(plan: _Plan, take: Take) -> Permit:
@@ -749,18 +634,31 @@ def _warn_of_blocking() -> None:
         )
 
 
-def _warn_of_mismatch(
-    store: Store, name: str, quotas: tuple[Quota, ...], *, expected: bool
-) -> None:
-    """Warn once when limiters of this process judge one bucket by different quotas."""
+class _Opinion(NamedTuple):
+    """What one limiter judges a bucket by; None in place of the limiter once it has been warned of."""
+
+    limiter: weakref.ref[RateLimiter] | None
+    quota: Quota
+    from_tables: bool
+
+
+def _compare_opinions(limiter: RateLimiter, store: Store, quotas: tuple[Quota, ...]) -> None:
+    """Warn once when two limiters of this process judge one bucket by different quotas.
+
+    What the tables say now is no second opinion about what they said before.
+    """
     for quota in quotas:
-        if expected:
-            store.known[name, quota.identity] = quota
-        known = store.known.setdefault((name, quota.identity), quota)
-        if known != quota and (name, quota.identity) not in store.mismatched:
-            store.mismatched.add((name, quota.identity))
+        place = limiter.name, quota.identity
+        mine = _Opinion(weakref.ref(limiter), quota, limiter.from_tables)
+        known: _Opinion = store.opinions.setdefault(place, mine)
+        if known.limiter is None:
+            continue
+        if known.limiter() is limiter or (known.from_tables and limiter.from_tables):
+            store.opinions[place] = mine
+        elif known.quota != quota:
+            store.opinions[place] = mine._replace(limiter=None)
             warnings.warn(
-                f"{printable(name)!r} is used with {known} and with {quota}: one bucket, and each "
-                "call is judged by its own limiter's quota",
+                f"{printable(limiter.name)!r} is used with {known.quota} and with {quota}: one "
+                "bucket, and each call is judged by its own limiter's quota",
                 stacklevel=2,
             )

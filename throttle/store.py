@@ -14,10 +14,11 @@ import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from throttle.bucket import TokenBucket
 from throttle.clock import Clock
 from throttle.errors import ConfigurationError
 from throttle.keys import Key
-from throttle.take import Command, Decision, Give, Hold, Reset, State, Take, decide, new_state
+from throttle.take import Command, Give, Hold, Reset, State, Take, decide, new_state
 
 if TYPE_CHECKING:
     from throttle.quota import Quota
@@ -28,7 +29,7 @@ Reply: TypeAlias = Any
 """Of a `Take` its `Decision`; of a `Give` what each charge now counts for, as a tuple of floats;
 of a `Hold` the end of the hold in the store's microseconds; of a `Reset` None."""
 
-MAX_KEYS = 100_000
+MAX_KEYS = 65_536
 OVERFLOW_BUCKETS = 1024
 LONG_AGO = -(1 << 60)
 
@@ -48,9 +49,9 @@ class Store:
         """The queues of those who wait for this store's buckets; `throttle.waiters` keeps them."""
         self.workers: float = 1
         """How many live processes share the buckets."""
-        self.known: dict[tuple[str, str], Quota] = {}
-        """The quotas that limiters of this process use, by name and identity."""
-        self.mismatched: set[tuple[str, str]] = set()
+        self.opinions: dict[tuple[str, str], Any] = {}
+        """Who judges a bucket by which quota; `throttle.limiter` keeps them."""
+        stores.add(self)
 
     def run(self, commands: Sequence[Command]) -> list[Reply]:
         """Carry out all commands, in order; raises `StoreUnavailable` when it is not known to be done."""
@@ -67,6 +68,10 @@ class Store:
     async def look_async(self, key: Key) -> int:
         """Return the end of the hold on a key in the store's microseconds; long ago when there is none."""
         raise NotImplementedError
+
+    def begin_anew(self) -> None:
+        """Forget what belongs to the parent of a fork: nobody of the child waits yet."""
+        self.queues = {}
 
     def close(self) -> None:
         """Close every connection; the next command opens new ones."""
@@ -108,7 +113,6 @@ class MemoryStore(Store):
         self._swept = LONG_AGO
         self._serials = itertools.count(1 << 32, 1 << 32)
         self._lock = threading.Lock()
-        _stores.add(self)
 
     def __len__(self) -> int:
         """Return how many keys have a bucket of their own."""
@@ -123,6 +127,18 @@ class MemoryStore(Store):
     async def run_async(self, commands: Sequence[Command]) -> list[Reply]:
         """Carry out all commands, in order, in one turn."""
         return self.run(commands)
+
+    def spend(self, tag: str, quotas: tuple[Quota, ...], cost: float) -> bool:
+        """Take `cost` of a key's only quota now if that is plain; False: ask with a `Take`.
+
+        Nobody must be waiting: it looks at neither the queue nor those promised.
+        """
+        with self._lock:
+            entry = self._entries.get(tag)
+            if entry is None or entry.quotas is not quotas or entry.hold != LONG_AGO:
+                return False
+            bucket = entry.states[0]
+            return type(bucket) is TokenBucket and bucket.spend(quotas[0], cost, self.clock.now())
 
     def look(self, key: Key) -> int:
         """Return the end of the hold on a key in the store's microseconds; long ago when there is none."""
@@ -181,10 +197,7 @@ class MemoryStore(Store):
         self, entry: _Entry, quotas: tuple[Quota, ...], now: int, *, asks: bool = True
     ) -> tuple[State, ...]:
         """Return the states of these quotas, advanced to now."""
-        if entry.quotas is quotas:
-            states = entry.states
-        else:
-            states = self._match(entry, quotas, now)
+        states = entry.states if entry.quotas is quotas else self._match(entry, quotas, now)
         if now < entry.held_at:  # the clock went back: the hold lasts no longer than it was to
             entry.hold -= entry.held_at - now
             entry.held_at = now
@@ -225,16 +238,20 @@ class MemoryStore(Store):
                 order[index] = order[-1]
                 order.pop()
 
-    def _after_fork(self) -> None:
+    def begin_anew(self) -> None:
+        """Forget what belongs to the parent of a fork; the child has a copy of every bucket."""
+        super().begin_anew()
         self._lock = threading.Lock()
+        self._order = list(self._entries)  # the fork may have come in the middle of a sweep
 
 
-_stores: weakref.WeakSet[MemoryStore] = weakref.WeakSet()
+stores: weakref.WeakSet[Store] = weakref.WeakSet()
+"""Every store of this process."""
 
 
 def _after_fork() -> None:
-    for store in list(_stores):
-        store._after_fork()
+    for store in list(stores):
+        store.begin_anew()
 
 
 if hasattr(os, "register_at_fork"):

@@ -38,12 +38,13 @@ class VirtualClock(Clock):
     of real time. Sleeps that are not for a limit stay real.
     """
 
-    __slots__ = ("_now", "_order", "_resting", "_ticking")
+    __slots__ = ("_changes", "_now", "_order", "_resting", "_ticking")
 
     def __init__(self) -> None:
         super().__init__()
         self._now = 0
         self._order = itertools.count()
+        self._changes = 0
         self._resting: list[tuple[int, int, TaskSleeper | ThreadSleeper]] = []
         self._ticking: set[asyncio.AbstractEventLoop] = set()
 
@@ -102,10 +103,12 @@ class VirtualClock(Clock):
         with self._lock:
             place = self._now + max(duration, 0), next(self._order), sleeper
             heapq.heappush(self._resting, place)
+            self._changes += 1
         return place
 
     def _leave(self, place: tuple[int, int, TaskSleeper | ThreadSleeper]) -> None:
         with self._lock:
+            self._changes += 1
             if place in self._resting:
                 self._resting.remove(place)
                 heapq.heapify(self._resting)
@@ -124,11 +127,15 @@ class VirtualClock(Clock):
 
         def turn(left: int, seen: int) -> None:
             with self._lock:
-                newest = max((place[1] for place in self._resting), default=-1)
+                newest = self._changes if self._resting else -1
             if newest != seen:
                 left = _TURNS
             if left:
-                loop.call_soon(turn, left - 1, newest)
+                # Threads beside this one may have been woken and not yet begun to run.
+                if left == 1 and threading.active_count() > 1:
+                    loop.call_later(_GRACE, turn, 0, newest)
+                else:
+                    loop.call_soon(turn, left - 1, newest)
                 return
             with self._lock:
                 if self._resting:
