@@ -24,10 +24,14 @@ LONGEST_WAIT = 1 << 52
 
 
 class Receipt(NamedTuple):
-    """What a bucket must be shown to take a charge back: its number, and the latest act before it."""
+    """What a bucket must be shown to take a charge back: its number, and what was before it.
+
+    `last` is the latest act before, and `spilled` what the bucket could not hold until the act.
+    """
 
     serial: int
     last: int
+    spilled: float = 0.0
 
 
 class TokenBucket:
@@ -43,6 +47,7 @@ class TokenBucket:
         "peaks",
         "rate",
         "serial",
+        "stopped",
         "tokens",
     )
 
@@ -56,6 +61,7 @@ class TokenBucket:
         self.born = serial
         self.floor = serial
         self.firm = serial
+        self.stopped = serial
         self.peaks: list[tuple[int, float]] = []
 
     def advance(self, quota: Quota, now: int, hold: int, asks: bool = True) -> bool:
@@ -122,10 +128,12 @@ class TokenBucket:
         full: what would have overflowed until then is not counted.
         """
         later = quota.rate * (act - start)
-        self.tokens = min(self.tokens, quota.burst - later)
+        room = quota.burst - later
+        spilled = max(self.tokens - room, 0.0)
+        self.tokens = min(self.tokens, room)
         self._record(quota.epoch_us, act, self.tokens + later)
         self.tokens -= cost
-        receipt = Receipt(self.serial + 1, self.last)
+        receipt = Receipt(self.serial + 1, self.last, spilled)
         self.serial += 1
         self.last = max(self.last, act)
         return receipt
@@ -154,6 +162,8 @@ class TokenBucket:
         newest = undo and receipt.serial == self.serial
         if newest:
             back = surplus
+            if receipt.serial > self.stopped:
+                self.tokens += receipt.spilled
         else:
             back = max(min(surplus, self.burst - self._peak(first)), 0.0)
             if not firm:
@@ -163,11 +173,14 @@ class TokenBucket:
         if newest:
             self.serial -= 1
             self.last = receipt.last
+            self.firm = min(self.firm, self.serial)
+            self.stopped = min(self.stopped, self.serial)
         return charged - back
 
     def stop(self) -> None:
         """Take the burst away: a hold begins, and what follows it is paced (rule 6)."""
         self.tokens = min(self.tokens, 0)
+        self.stopped = self.serial
 
     def reset(self, quota: Quota) -> None:
         """Make it full again; charges taken before are forgotten, and so are their give-backs."""

@@ -211,7 +211,7 @@ class RedisStore(Store):
             elif isinstance(command, Give):
                 values: list[float] = []
                 for charge, cost in zip(command.charges, command.costs, strict=True):
-                    values += (charge.counts, cost, charge.receipt.serial, charge.receipt.last)
+                    values += (charge.counts, cost, *charge.receipt)
                 undo = 1.0 if command.undo else 0.0
                 packed.append(_doubles(verb, number, command.act, undo, *values))
             elif isinstance(command, Hold):
@@ -664,17 +664,18 @@ def _arguments(*arguments: bytes) -> bytes:
 
 
 def _decision(take: Take, answer: bytes) -> Decision:
-    values = _unpacker("<5q" + "dqqq" * len(take.costs))(answer)
+    values = _unpacker("<5q" + "dqqqd" * len(take.costs))(answer)
     granted, now, act, hold, binding = values[:5]
     receipts: tuple[Receipt | None, ...] = ()
     if granted:
+        shown = zip(values[7::5], values[8::5], values[9::5], strict=True)
         receipts = tuple(
             [
-                Receipt(serial, last) if cost > 0 else None
-                for cost, serial, last in zip(take.costs, values[7::4], values[8::4], strict=True)
+                Receipt(*each) if cost > 0 else None
+                for cost, each in zip(take.costs, shown, strict=True)
             ]
         )
-    return Decision(granted == 1, now, act, hold, binding, values[5::4], values[6::4], receipts)
+    return Decision(granted == 1, now, act, hold, binding, values[5::5], values[6::5], receipts)
 
 
 def _hold_end(answer: Any) -> int:

@@ -10,15 +10,15 @@
 --            2 sliding window), limit, window, burst
 --   ARGV[2]  the commands, each: verb, the number of its target (from 1), and what the verb needs:
 --              1 take   max_wait; for each quota: cost
---              2 give   act, undo (1 or 0); for each quota: charged, cost, serial, last
+--              2 give   act, undo (1 or 0); for each quota: charged, cost, serial, last, spilled
 --              3 hold   duration
 --              4 reset
 --   Answers  one for each command, in order: of a take five integers of 8 bytes (granted, now, act,
 --            hold, binding from 0) and for each quota: level (a double), full_at, serial, last
---            (integers of 8 bytes); of a give what each charge now counts for; of a hold its end, an
+--            (integers of 8 bytes), spilled (a double); of a give what each charge now counts for; of a hold its end, an
 --            integer; of a reset nil. A command that failed alone is answered by its error.
 --
--- A value is one string. Token bucket: tokens, at, rate, burst, last, serial, born, floor, firm,
+-- A value is one string. Token bucket: tokens, at, rate, burst, last, serial, born, floor, firm, stopped,
 -- expires, and pairs (epoch, peak). Sliding window: at, dropped, serial, floor, expires, first, count,
 -- and records (time, sum so far), of which `count` from the one numbered `first` are alive. `expires`
 -- is the instant the key goes: kept here, it need not be asked for. A hold is plain text: its end,
@@ -43,7 +43,7 @@ end
 
 local function token_bucket()
   local EPOCHS = 16
-  local HEAD = 80
+  local HEAD = 88
   local bucket = {}
 
   local function epoch_length(quota)
@@ -54,7 +54,7 @@ local function token_bucket()
     return {
       tokens = quota.burst, at = now, rate = quota.rate, burst = quota.burst,
       last = now - LONGEST_WAIT, serial = now, born = now, floor = now, firm = now,
-      expires = 0, peaks = {},
+      stopped = now, expires = 0, peaks = {},
     }
   end
 
@@ -70,12 +70,13 @@ local function token_bucket()
     end
     local state = {}
     state.tokens, state.at, state.rate, state.burst, state.last, state.serial, state.born,
-      state.floor, state.firm, state.expires = struct.unpack("<dddddddddd", value)
+      state.floor, state.firm, state.stopped, state.expires = struct.unpack("<ddddddddddd", value)
     if not (
       state.tokens - state.tokens == 0 and state.rate > 0 and state.rate < math.huge
       and state.burst > 0 and state.burst < math.huge
       and whole(state.at) and whole(state.last) and whole(state.serial) and whole(state.born)
-      and whole(state.floor) and whole(state.firm) and whole(state.expires)
+      and whole(state.floor) and whole(state.firm) and whole(state.stopped)
+      and whole(state.expires)
     ) then
       return nil
     end
@@ -94,9 +95,9 @@ local function token_bucket()
   function bucket.write(key, state, life)
     local peaks = state.peaks
     local value = struct.pack(
-      "<dddddddddd" .. ("d"):rep(#peaks),
+      "<ddddddddddd" .. ("d"):rep(#peaks),
       state.tokens, state.at, state.rate, state.burst, state.last, state.serial, state.born,
-      state.floor, state.firm, state.expires, unpack(peaks)
+      state.floor, state.firm, state.stopped, state.expires, unpack(peaks)
     )
     redis.call("SET", key, value, "PX", life)
   end
@@ -151,10 +152,13 @@ local function token_bucket()
     return state.tokens
   end
 
-  -- Charge, and return the receipt: the serial of this charge, and the latest act before it.
+  -- Charge, and return the receipt: the serial of this charge, the latest act before it, and what
+  -- the bucket could not hold until the act.
   function bucket.charge(state, quota, cost, start, act)
     local later = quota.rate * (act - start)
-    state.tokens = math.min(state.tokens, quota.burst - later)
+    local room = quota.burst - later
+    local spilled = math.max(state.tokens - room, 0)
+    state.tokens = math.min(state.tokens, room)
     local level = state.tokens + later
     -- Raise the peak of the epoch of `act`; the pairs stand newest epoch first.
     local peaks, place = state.peaks, 1
@@ -173,7 +177,7 @@ local function token_bucket()
     local last = state.last
     state.serial = state.serial + 1
     state.last = math.max(last, act)
-    return state.serial, last
+    return state.serial, last, spilled
   end
 
   -- Return what the charge now counts for, and whether the state changed.
@@ -209,7 +213,10 @@ local function token_bucket()
         back = math.max(back, surplus - state.rate * (state.last - act))
       end
     end
-    state.tokens = math.min(tokens + back, state.burst)
+    if newest and given.serial > state.stopped then
+      state.tokens = state.tokens + given.spilled
+    end
+    state.tokens = math.min(state.tokens + back, state.burst)
     local changed = newest or state.tokens ~= tokens
     for place = 1, #peaks, 2 do
       if peaks[place] >= first then
@@ -221,12 +228,15 @@ local function token_bucket()
     if newest then
       state.serial = state.serial - 1
       state.last = given.last
+      state.firm = math.min(state.firm, state.serial)
+      state.stopped = math.min(state.stopped, state.serial)
     end
     return given.charged - back, changed
   end
 
   function bucket.stop(state)
     state.tokens = math.min(state.tokens, 0)
+    state.stopped = state.serial
   end
 
   function bucket.reset(state, quota)
@@ -611,12 +621,12 @@ local function take(target, own, hold, max_wait, costs)
     local slot = own[index]
     local state, kind = slot.state, quota.kind
     local charged = granted and costs[index] > 0
-    local serial, last = 0, 0
+    local serial, last, spilled = 0, 0, 0
     if charged then
-      serial, last = kind.charge(state, quota, costs[index], start, act)
+      serial, last, spilled = kind.charge(state, quota, costs[index], start, act)
     end
     local level, full_at = kind.level(state, quota), kind.full_at(state, quota, start)
-    answer = answer .. struct.pack("<di8i8i8", level, full_at, serial, last)
+    answer = answer .. struct.pack("<di8i8i8d", level, full_at, serial, last, spilled or 0)
     if not decided and level / quota.burst < lowest then
       lowest, binding = level / quota.burst, index
     end
@@ -687,9 +697,11 @@ while place <= #packed do
     wrong = wrong or not whole(act)
     for index = 1, #target do
       local gift = {}
-      gift.charged, gift.cost, gift.serial, gift.last, place = struct.unpack("<dddd", packed, place)
+      gift.charged, gift.cost, gift.serial, gift.last, gift.spilled, place =
+        struct.unpack("<ddddd", packed, place)
       wrong = wrong or gift.charged - gift.charged ~= 0 or gift.cost - gift.cost ~= 0
       wrong = wrong or not (whole(gift.serial) and whole(gift.last))
+      wrong = wrong or gift.spilled - gift.spilled ~= 0
       costs[index] = gift
     end
   elseif verb == 3 then
