@@ -104,7 +104,16 @@ def test_importing_it_takes_little_time(record_property: pytest.RecordProperty) 
 
 # Twins
 
-TWIN_MODULES = ("limiter", "permit", "store", "redis", "waiters", "config")
+TWIN_MODULES = (
+    "limiter",
+    "permit",
+    "store",
+    "redis",
+    "connections",
+    "transport",
+    "waiters",
+    "config",
+)
 RENAMED = {"aclose": "close", "__aenter__": "__enter__", "__aexit__": "__exit__"}
 RENAMED |= {"__anext__": "__next__", "__aiter__": "__iter__"}
 
@@ -140,21 +149,32 @@ ALLOWED: dict[str, tuple[str, set[str] | None]] = {
         "arithmetic: the async one is the other",
         {"+    return self.look(key)"},
     ),
-    "redis.RedisStore._ask": (
+    "redis.RedisStore.close": ("closes the running loop's pool as well", None),
+    "connections.Connections.ask": (
         "the loop's own pool, and the loop's clock",
         {
             "+    import asyncio",
-            "+        loop = asyncio.get_running_loop()",
-            "-        pool = self._pool or self._open()",
-            "-        return pool.ask(query, time.monotonic() + self.timeout)",
-            "+        pool = self._pools.get(loop) or self._open(loop)",
-            "+        return pool.ask(query, loop.time() + self.timeout)",
+            "+    loop = asyncio.get_running_loop()",
+            "-    deadline = time.monotonic() + timeout",
+            "+    deadline = loop.time() + timeout",
+            "-    pool = self._pool or self._open()",
+            "+    pool = self._pools.get(loop) or self._open(loop)",
         },
     ),
-    "redis.RedisStore._open": ("one pool for all threads, one for each event loop", None),
-    "redis.RedisStore.close": ("closes the running loop's pool as well", None),
-    "redis._LoopPool.close": ("its guard, a generator of the loop, closes it", None),
-    "redis._connection_class": ("only sockets need a deadline of their own", None),
+    "connections.Connections._open": ("one pool for all threads, one for each event loop", None),
+    "connections.Connections.close": ("each closes its own pool", None),
+    "connections.Pool.ask": (
+        "a thread's deadline is kept by its socket, a task's by its loop",
+        {
+            "+    import asyncio",
+            "-        connection.deadline = deadline",
+            "-        answer = self._carry(connection, query, warm)",
+            "+        with asyncio.timeout_at(deadline):",
+            "+            answer = self._carry(connection, query, warm)",
+        },
+    ),
+    "connections.Pool._wait": ("semaphores of threads and of tasks", None),
+    "transport._connection_class": ("only sockets need a deadline of their own", None),
 }
 """Of each pair that differs why it does, and the lines that may (None: they are two by nature)."""
 
@@ -300,8 +320,9 @@ LAYERS = (
     {"take"},
     {"events"},
     {"store"},
-    {"connections", "limits", "queue"},
-    {"redis", "waiters"},
+    {"transport", "limits", "queue"},
+    {"connections", "waiters"},
+    {"redis"},
     {"config", "permit"},
     {"limiter", "testing"},
     {"decorator", "pytest_plugin"},

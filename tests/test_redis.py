@@ -7,8 +7,11 @@ import contextlib
 import gc
 import math
 import os
+import pickle
 import re
+import shutil
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -911,7 +914,7 @@ def test_one_store_serves_loop_after_loop_and_loops_in_threads(server: servers.S
     for thread in threads:
         thread.join()
     assert failures == []
-    assert store._pools == {}
+    assert store._connections._pools == {}
 
 
 def test_a_loop_that_was_closed_by_hand_is_swept_and_its_sockets_are_closed(
@@ -924,7 +927,7 @@ def test_a_loop_that_was_closed_by_hand_is_swept_and_its_sockets_are_closed(
         loop.close()
     store.close()
     gc.collect()
-    assert store._pools == {}
+    assert store._connections._pools == {}
     end = time.monotonic() + 5
     while raw.info("clients")["connected_clients"] > 1 and time.monotonic() < end:
         time.sleep(0.01)
@@ -1043,7 +1046,7 @@ def test_a_fork_has_connections_of_its_own_and_leaves_the_parents_alone(
                 status = 1
                 with contextlib.suppress(BaseException):
                     asyncio._set_running_loop(None)
-                    assert store._pool is None
+                    assert store._connections._pool is None
                     for _ in range(50):
                         store.run([Take(OPENAI, HOURLY, (1,), 0)])
                     threads = [threading.Thread(target=work) for _ in range(3)]
@@ -1077,7 +1080,7 @@ def test_a_fork_has_connections_of_its_own_and_leaves_the_parents_alone(
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_lock_held_at_the_fork_is_free_in_the_child(server: servers.Server) -> None:
     store = RedisStore(server.url, timeout=5)
-    with store._lock:
+    with store._connections._lock:
         child = os.fork()
         if child == 0:
             status = 1
@@ -1105,6 +1108,161 @@ def test_a_client_is_taken_for_its_settings_only(
     assert sync.connection_pool._available_connections == []
     sync.flushdb()
     sync.close()
+
+
+def test_a_unix_socket_keeps_the_deadline_too(run: Run, tmp_path: Path) -> None:
+    path = str(tmp_path / "redis.sock")
+    server = servers.start(servers.kinds()[0], "--unixsocket", path)
+    try:
+        store = RedisStore(f"unix://{path}")
+        server.pause()
+        for _ in range(3):
+            begin = time.perf_counter()
+            with pytest.raises(StoreUnavailable, match="100 ms"):
+                run(store, [Take(OPENAI, TEN, (1,), 0)])
+            took = time.perf_counter() - begin
+        assert took < 0.2
+    finally:
+        server.stop()
+    begin = time.perf_counter()
+    with pytest.raises(StoreUnavailable, match=re.escape(path)):
+        run(store, [Take(OPENAI, TEN, (1,), 0)])
+    assert time.perf_counter() - begin < 0.1
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a CA of our own (ca.crt), and what it vouches for: localhost.crt and .key."""
+    folder = tmp_path_factory.mktemp("certificates")
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("no openssl on PATH")
+    (folder / "names").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1")
+    key = "-newkey rsa:2048 -nodes -sha256"
+    for arguments in (
+        f"req -x509 {key} -days 2 -subj /CN=ours -keyout ca.key -out ca.crt",
+        f"req {key} -subj /CN=localhost -keyout localhost.key -out localhost.csr",
+        "x509 -req -in localhost.csr -CA ca.crt -CAkey ca.key -CAcreateserial -days 2 "
+        "-extfile names -out localhost.crt",
+    ):
+        subprocess.run(
+            [openssl, *arguments.split()], cwd=folder, check=True, capture_output=True, timeout=60
+        )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def secure(certificates: Path) -> Iterator[tuple[servers.Server, int]]:
+    """A server that speaks TLS as well, and the port for that."""
+    port = servers.free_port()
+    try:
+        server = servers.start(
+            "redis",
+            *("--tls-port", str(port), "--tls-auth-clients", "no"),
+            *("--tls-cert-file", str(certificates / "localhost.crt")),
+            *("--tls-key-file", str(certificates / "localhost.key")),
+            *("--tls-ca-cert-file", str(certificates / "ca.crt")),
+        )
+    except RuntimeError:
+        pytest.skip("this redis-server was built without TLS")
+    yield server, port
+    server.stop()
+
+
+def test_tls_will_do_with_a_ca_in_the_url(
+    secure: tuple[servers.Server, int], certificates: Path, run: Run
+) -> None:
+    told = f"ssl_ca_certs={certificates / 'ca.crt'}"
+    for url in (
+        f"rediss://127.0.0.1:{secure[1]}/3?{told}",
+        f"rediss://localhost:{secure[1]}/3?{told}&ssl_check_hostname=no",
+        f"rediss://localhost:{secure[1]}/3?ssl_cert_reqs=none",
+    ):
+        store = RedisStore(url, timeout=5)
+        assert store.address == url.partition("?")[0]
+        for _ in range(3):
+            assert run(store, [Take(OPENAI, HOURLY, (1,), 0)])[0].granted
+        assert run(store, [Take(OPENAI, HOURLY, (1,), LOOK)])[0].levels[0] < 998
+        store.close()
+
+
+def test_who_is_not_vouched_for_is_not_talked_to(
+    secure: tuple[servers.Server, int], certificates: Path, run: Run
+) -> None:
+    for url in (
+        f"rediss://:hunter2@127.0.0.1:{secure[1]}",
+        # The CA is right, the name is another one's.
+        f"rediss://:hunter2@127.0.0.2:{secure[1]}?ssl_ca_certs={certificates / 'ca.crt'}",
+    ):
+        with pytest.raises(StoreUnavailable) as caught:
+            run(RedisStore(url, timeout=5), [Take(OPENAI, HOURLY, (1,), 0)])
+        assert "hunter2" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_tls_keeps_the_deadline_before_and_after_its_handshake(
+    certificates: Path, run: Run
+) -> None:
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certificates / "localhost.crt", certificates / "localhost.key")
+
+    def secured(connection: socket.socket) -> None:
+        with context.wrap_socket(connection, server_side=True) as wrapped:
+            trickle(wrapped)
+
+    for serve in (blackhole, trickle, secured):
+        with listening(serve) as port:
+            url = f"rediss://127.0.0.1:{port}?ssl_ca_certs={certificates / 'ca.crt'}"
+            store = RedisStore(url)
+            took = []
+            for _ in range(4):
+                begin = time.perf_counter()
+                with pytest.raises(StoreUnavailable):
+                    run(store, [Take(OPENAI, TEN, (1,), 0)])
+                took.append(time.perf_counter() - begin)
+            # redis-py 5.0 sets the timeout before it reads the certificates.
+            in_one = hasattr(redis.connection.SSLConnection, "_wrap_socket_with_ssl")
+            assert sorted(took)[2] < (0.115 if in_one else 0.150), took
+            store.close()
+    gc.collect()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_tls_survives_forks_loops_and_closing(
+    secure: tuple[servers.Server, int], certificates: Path
+) -> None:
+    url = f"rediss://127.0.0.1:{secure[1]}?ssl_ca_certs={certificates / 'ca.crt'}"
+    store = RedisStore(url, timeout=5)
+
+    async def main() -> int:
+        store.run([Take(OPENAI, HOURLY, (1,), 0)])
+        await store.run_async([Take(OPENAI, HOURLY, (1,), 0)])
+        child = os.fork()
+        if child == 0:
+            status = 1
+            with contextlib.suppress(BaseException):
+                asyncio._set_running_loop(None)
+                store.run([Take(OPENAI, HOURLY, (1,), 0)])
+                status = 0
+            os._exit(status)
+        await asyncio.sleep(0.2)
+        # What the child closed were its own copies.
+        store.run([Take(OPENAI, HOURLY, (1,), 0)])
+        await store.run_async([Take(OPENAI, HOURLY, (1,), 0)])
+        return child
+
+    assert os.waitstatus_to_exitcode(os.waitpid(asyncio.run(main()), 0)[1]) == 0
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(store.run_async([Take(OPENAI, HOURLY, (1,), 0)]))
+    loop.close()
+    store.close()
+    gc.collect()
+
+
+@pytest.mark.parametrize("kind", [KeyUnusable, NoConnectionFree, StoreUnavailable])
+def test_its_errors_pickle(kind: type[StoreUnavailable]) -> None:
+    copy = pickle.loads(pickle.dumps(kind("redis://localhost:6379/0: why")))
+    assert type(copy) is kind
+    assert str(copy) == "redis://localhost:6379/0: why"
 
 
 def test_a_unix_socket_will_do(run: Run, tmp_path: Path) -> None:

@@ -115,16 +115,17 @@ def unknown_names() -> Literal["default", "error"]:
 
 def default_store() -> Store:
     """Return the store of limiters that name none: Redis when there is a URL for it, else memory."""
-    if _override is not None:
-        return _override
-    if _settings.store is not None:
-        return _settings.store
-    if _settings.redis_url is not None or os.environ.get("REDIS_URL"):
+    override, settings = _override, _settings  # another thread may change them meanwhile
+    if override is not None:
+        return override
+    if settings.store is not None:
+        return settings.store
+    if settings.redis_url is not None or os.environ.get("REDIS_URL"):
         return redis_store()
     with _lock:
         store = _opened.setdefault(("memory",), MemoryStore())
     assert isinstance(store, MemoryStore)
-    store.max_keys = _settings.max_keys or MAX_KEYS
+    store.max_keys = settings.max_keys or MAX_KEYS
     return store
 
 

@@ -148,6 +148,7 @@ def _measure(
         worker.receive()
     provider.reset()
     start = time.monotonic()
+    seconds = 0.0
     for worker in workers:
         worker.send("go")
     waiting: dict[object, Child] = {worker.pipe: worker for worker in workers}

@@ -11,7 +11,7 @@ import hashlib
 import re
 from functools import lru_cache
 
-__all__ = ["Key", "escaped", "partition_tag", "printable", "tag"]
+__all__ = ["Key", "escaped", "partition_tag", "printable"]
 
 _SAFE = re.compile(r"[A-Za-z0-9._/+@:-]{1,64}")
 
@@ -31,15 +31,16 @@ def escaped(text: str) -> str:
 class Key(str):
     """The name and the partition of a bucket, in one string for people: ``twilio:+15550001``.
 
-    Texts and logs `show` it with a tag in the partition's place. Stores tell buckets apart by its
+    Texts and logs show it (`shown`) with a tag in the partition's place. Stores tell buckets apart by its
     `tag`: ``|`` is in no escaped text, so `a:b` with `c` is never `a` with `b:c`, and no partition
     is not the empty one.
     """
 
-    __slots__ = ("name", "partition", "tag")
+    __slots__ = ("name", "part", "tag")
 
     name: str
-    partition: str | None
+    part: str | None
+    """The partition, escaped; None when there is none."""
     tag: str
 
     def __new__(cls, name: str, partition: str | None = None) -> Key:
@@ -47,29 +48,24 @@ class Key(str):
         safe = None if partition is None else escaped(partition)
         key = super().__new__(cls, name if safe is None else f"{name}:{safe}")
         key.name = name
-        key.partition = safe
+        key.part = safe
         key.tag = named if safe is None else f"{named}|{safe}"
         return key
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _restored, (self.name, self.partition, self.tag, str(self))
+        return _restored, (self.name, self.part, self.tag, str(self))
 
     def shown(self) -> str:
         """Return the name, and a tag that stands for the partition."""
-        if self.partition is None:
+        if self.part is None:
             return printable(self.name)
-        return f"{printable(self.name)} [{partition_tag(self.partition)}]"
+        return f"{printable(self.name)} [{partition_tag(self.part)}]"
 
 
-def _restored(name: str, partition: str | None, tag: str, text: str) -> Key:
+def _restored(name: str, part: str | None, tag: str, text: str) -> Key:
     key = str.__new__(Key, text)
-    key.name, key.partition, key.tag = name, partition, tag
+    key.name, key.part, key.tag = name, part, tag
     return key
-
-
-def tag(key: Key) -> str:
-    """Return the text that stands for a name and its partition; different keys never share it."""
-    return key.tag
 
 
 def partition_tag(partition: str) -> str:

@@ -268,7 +268,7 @@ class RateLimiter:
         new = parse_quotas(quotas, where=f"quotas of {printable(self.name)!r}")
         plan = self._current()
         self._given = new
-        self._plan = None
+        changes.note()  # a plan that another thread makes at this moment is of the old ones
         if [quota.unit for quota in plan.quotas] == [quota.unit for quota in new]:
             for queue in list(plan.store.queues.values()):
                 if queue.key.name == self.name:

@@ -289,7 +289,7 @@ def _number_from_environment(variable: str, built_in: float, most: float) -> flo
     try:
         number = float(text)
     except ValueError:
-        number = -1
+        number = -1.0
     if not 1e-6 <= number <= most:
         raise ConfigurationError(
             f"{variable}: {printable(text)!r} is not a number above 0 and at most {most:.12g}"

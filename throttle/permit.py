@@ -130,28 +130,39 @@ class Permit:
         return Give(self._key, charges, self._act, (0.0,) * len(charges), True)
 
     def _settling(self, units: Mapping[str, float]) -> Give | None:
-        charges = self._charges
-        if not charges:
-            return None
-        known = {charge.quota.unit for charge in charges}
-        for unit, cost in units.items():
-            if unit not in known:
-                raise ConfigurationError(
-                    f"{unit!r} is not a unit of this permit; it has {', '.join(sorted(known))}"
-                )
-            check_cost(cost)
-        named = tuple(charge for charge in charges if charge.quota.unit in units)
-        costs = tuple(float(units[charge.quota.unit]) for charge in named)
+        with self._lock:
+            charges = self._charges
+            if not charges:
+                return None
+            known = {charge.quota.unit for charge in charges}
+            for unit, cost in units.items():
+                if unit not in known:
+                    raise ConfigurationError(
+                        f"{unit!r} is not a unit of this permit; it has {', '.join(sorted(known))}"
+                    )
+                check_cost(cost)
+            named = tuple(charge for charge in charges if charge.quota.unit in units)
+            costs = tuple(float(units[charge.quota.unit]) for charge in named)
+            # From here on it counts for that: whoever cancels or settles meanwhile starts there.
+            self._count({charge.quota: cost for charge, cost in zip(named, costs, strict=True)})
         return Give(self._key, named, self._act, costs, False) if named else None
 
     def _settled(self, give: Give, counts: tuple[float, ...]) -> None:
-        known = dict(zip((charge.quota for charge in give.charges), counts, strict=True))
+        """Add what the bound did not allow to give back."""
+        kept = {
+            charge.quota: count - cost
+            for charge, count, cost in zip(give.charges, counts, give.costs, strict=True)
+        }
         with self._lock:
-            if self._charges is not None:
-                self._charges = tuple(
-                    charge._replace(counts=known.get(charge.quota, charge.counts))
-                    for charge in self._charges
-                )
+            now = {charge.quota: charge.counts for charge in self._charges or ()}
+            self._count({quota: now[quota] + more for quota, more in kept.items() if quota in now})
+
+    def _count(self, counts: Mapping[Quota, float]) -> None:
+        if self._charges is not None:
+            self._charges = tuple(
+                charge._replace(counts=counts.get(charge.quota, charge.counts))
+                for charge in self._charges
+            )
 
 
 def check_cost(cost: object) -> None:

@@ -119,7 +119,7 @@ class _Conversation(asyncio.Protocol):
         self._transport = transport
         self._transports.add(transport)
 
-    def connection_lost(self, error: Exception | None) -> None:
+    def connection_lost(self, exc: Exception | None) -> None:
         assert self._transport is not None
         self._transports.discard(self._transport)
 

@@ -128,7 +128,7 @@ class Queue:
             if decision is not None:
                 self._learn(waiter.take, decision, now)
                 self._promise(waiter, decision, self._due(decision, now))
-                self._hold(decision.hold, now)
+                self._see_hold((decision,), now)
             elif waiter.deadline is not None and self._expected(waiter.take, now) > waiter.deadline:
                 self._refuse(waiter, now, self._expected(waiter.take, now))
             else:
@@ -312,8 +312,7 @@ class Queue:
             self.waiting.extendleft(reversed(stay))
             # No more is to be had within the horizon: half of what there is counts as half.
             self.filled = min(self._held_share(now), 1.0) if stay else 1.0
-            decisions = [reply for reply in replies if isinstance(reply, Decision)]
-            self._hold(max((decision.hold for decision in decisions), default=LONG_AGO), now)
+            self._see_hold(replies, now)
             self._close_if_empty()
 
     def failed(self, error: Exception) -> None:
@@ -357,11 +356,11 @@ class Queue:
         """Ask anew for all who are promised: the buckets were made full again."""
         with self.lock:
             self._withdraw(self.promised)
-            self.gives.clear()
             self.hold = self.not_before = LONG_AGO
             self.filled = 1.0
             self.last = None
             self._nominate()
+            self._close_if_empty()
 
     # Resting
 
@@ -460,13 +459,26 @@ class Queue:
         self.last = take, decision, now
         self.looked = now
 
+    def _see_hold(self, replies: Sequence[Reply], now: int) -> None:
+        """Learn from answers of the store whether there is a hold."""
+        if self.store.local:
+            # It may have begun between the answer and now.
+            self._hold(self.store.look(self.key), now)
+            return
+        holds = [reply.hold for reply in replies if isinstance(reply, Decision)]
+        if holds and max(holds) >= self.hold:
+            self._hold(max(holds), now)
+        elif holds and self._local(self.hold, now) > now:
+            # Answers from before the hold, or from after a reset: only a look can tell.
+            self.looked = LONG_AGO
+
     def _hold(self, until: int, now: int) -> None:
-        """Send all who are promised back to the head of the queue, if any would break a new hold.
+        """Take over the store's hold; all who are promised wait again if any of them would break it.
 
         All of them, so that they stay in order.
         """
-        if until > self.hold:
-            self.hold = until
+        self.hold = until
+        if self._local(until, now) > now:
             undue = [waiter for waiter in self.promised if waiter.due > now]
             if any(waiter.decision and waiter.decision.act < until for waiter in undue):
                 self._withdraw(undue)

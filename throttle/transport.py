@@ -14,8 +14,9 @@ import inspect
 import re
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from throttle.errors import ConfigurationError
@@ -31,22 +32,21 @@ _OF_A_CLIENT = _OF_A_URL | {
 }
 
 
-class Address(NamedTuple):
+@dataclass(frozen=True, repr=False)
+class Address:
     """Where a server is and how to get in; its text shows neither user name nor password."""
 
     scheme: str
     settings: dict[str, Any]
     """As redis-py's connections name them."""
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         get = self.settings.get
         if self.scheme == "unix":
             return printable(f"unix://{get('path', '')}?db={get('db') or 0}", 300)
         host = get("host", "localhost")
         host = f"[{host}]" if ":" in host else host
         return printable(f"{self.scheme}://{host}:{get('port', 6379)}/{get('db') or 0}", 300)
-
-    __repr__ = __str__
 
     @classmethod
     def of(cls, url_or_client: Any) -> Address:
@@ -191,6 +191,9 @@ class _Socket:
         self._socket.settimeout(self._connection.socket_timeout)
         return self._socket
 
+    def gettimeout(self) -> Any:
+        return self._in_time().gettimeout()
+
     def sendall(self, data: bytes) -> None:
         self._in_time().sendall(data)
 
@@ -204,8 +207,9 @@ class _Socket:
         return getattr(self._socket, name)
 
 
-# The two classes below hold all that is private of redis-py and asyncio: `_connect`, `_reader`,
-# `_writer`, `_parser` and the socket of a transport have no public way to be replaced or closed.
+# The two classes below hold all that is private of redis-py and asyncio. There is no public way to
+# put a deadline on a socket (`_connect`, `_wrap_socket_with_ssl`: redis-py 5.1 or later), to abort a
+# connection (`_reader`, `_writer`, `_parser`), or to close a transport whose loop is gone.
 
 
 @lru_cache(maxsize=3)
@@ -231,6 +235,10 @@ def _connection_class(kind: str) -> Any:
         def _connect(self) -> _Socket:
             return _Socket(self, super()._connect())
 
+        def _wrap_socket_with_ssl(self, sock: Any) -> Any:
+            # The handshake gets the time that is left when the certificates have been read.
+            return super()._wrap_socket_with_ssl(_Socket(self, sock))
+
         def drop(self) -> None:
             self.disconnect()
 
@@ -248,12 +256,15 @@ def _connection_class_async(kind: str) -> Any:
     class Connection(base):  # type: ignore[misc]
         """redis-py's connection, closed by its pool and by nobody else."""
 
+        async def disconnect(self, *_: object, **__: object) -> None:
+            self.drop()
+
         def drop(self) -> None:
             """Close without a last word: nothing may wait for a dead peer."""
-            transport = self._detach()
-            if transport is not None:
+            writer = self._detach()
+            if writer is not None:
                 with contextlib.suppress(RuntimeError):
-                    transport.abort()
+                    writer.transport.abort()
 
         def abandon(self) -> None:
             """Close the socket itself: its loop cannot do it any more.
@@ -261,7 +272,8 @@ def _connection_class_async(kind: str) -> Any:
             `transport.abort` would schedule a callback on the closed loop, and in the child of a
             fork it would unregister the parent's socket from the epoll set they share.
             """
-            transport = self._detach()
+            writer = self._detach()  # which complains if it goes before its transport is closed
+            transport = getattr(writer, "transport", None)
             while transport is not None:
                 under = getattr(getattr(transport, "_ssl_protocol", None), "_transport", None)
                 if under is not None:
@@ -274,8 +286,9 @@ def _connection_class_async(kind: str) -> Any:
                 transport = under
 
         def _detach(self) -> Any:
-            writer, self._reader, self._writer = self._writer, None, None
+            writer = getattr(self, "_writer", None)
+            self._reader = self._writer = None
             self._parser.on_disconnect()
-            return writer and writer.transport
+            return writer
 
     return Connection
