@@ -43,9 +43,11 @@ class Query(NamedTuple):
     """How many answers the script owes; None: it is not the script."""
 
     def packet(self) -> bytes:
+        """Return the bytes to send."""
         return b"*%d\r\n%b%b" % (self.words, self.verb, self.rest)
 
     def with_script(self) -> bytes:
+        """Return the bytes to send to a server that does not know the script."""
         return b"*%d\r\n%b%b" % (self.words, self.unabridged, self.rest)
 
     def checked(self, answer: Any) -> Any:
@@ -240,6 +242,7 @@ class Pool:
             raise _no_connection_free() from None
 
     def _carry(self, connection: Any, query: Query, warm: bool) -> Any:
+        """Return the answer, the second one where a connection that answered before has died."""
         kind = import_redis().exceptions.ConnectionError
         try:
             return _converse(connection, query)
@@ -253,6 +256,7 @@ class Pool:
             return _converse(connection, query)
 
     async def _carry_async(self, connection: Any, query: Query, warm: bool) -> Any:
+        """Return the answer, the second one where a connection that answered before has died."""
         kind = import_redis().exceptions.ConnectionError
         try:
             return await _converse_async(connection, query)

@@ -65,7 +65,7 @@ class Address:
             scheme, path, port = parts.scheme, unquote(parts.path), parts.port
         except ValueError:
             raise _unreadable("it cannot be read") from None
-        if scheme not in _KINDS or url[len(scheme) :] == "://":
+        if scheme not in _KINDS or not re.match("://.", url[len(scheme) :], re.DOTALL):
             raise _unreadable("it must begin with redis://, rediss:// or unix://")
         settings: dict[str, Any] = {}
         if scheme == "unix":
