@@ -891,10 +891,6 @@ MUTANTS: dict[str, tuple[Mutant, str]] = {
         without(Queue, "todo", "not (busy and self._nominate())", "not busy"),
         "cut off",
     ),
-    "queue.amend: asks twice": (
-        without(Queue, "amend", "if self.asked is not None or", "if"),
-        "amends twice",
-    ),
     "queue.leave: what is asked is lost": (
         without(Queue, "leave", "waiter.left = True", "pass"),
         "interrupts, remote",

@@ -380,6 +380,26 @@ def test_a_cancelled_permit_reaches_who_waits_long(face: Face) -> None:
     assert limiter.peek().retry_after == pytest.approx(60, abs=1)
 
 
+def test_a_cancelled_permit_makes_nobody_later(throttle_clock: ClockInSeconds) -> None:
+    limiter = RateLimiter("api", 0.1, 1, burst=1)
+    went: list[float] = []
+
+    async def waiter() -> None:
+        await limiter.acquire_async()
+        went.append(throttle_clock.now())
+
+    async def main() -> None:
+        permit = await limiter.acquire_async()
+        waits = asyncio.create_task(waiter())
+        await asyncio.sleep(0)
+        assert (await limiter.reserve_async()).delay == 20
+        await permit.cancel_async()
+        await waits
+
+    asyncio.run(main())
+    assert went == [10]
+
+
 def test_an_interrupted_thread_gives_its_place_back() -> None:
     limiter = RateLimiter("api", 1, 60, store=MemoryStore())
     limiter.acquire()

@@ -101,7 +101,8 @@ class Permit:
 
         The cost is absolute and the last one wins; units not named keep theirs, and nothing happens
         after `cancel`. Less than was taken is given back as far as the bound allows, more becomes
-        debt. Raises `ConfigurationError` for an unknown unit or a cost that makes no sense.
+        debt. Raises `ConfigurationError` for an unknown unit or a cost that makes no sense, and
+        `StoreUnavailable` when the store does not answer: it counts as settled all the same.
         """
         give = self._settling(units)
         if give is not None:
@@ -112,7 +113,8 @@ class Permit:
 
         The cost is absolute and the last one wins; units not named keep theirs, and nothing happens
         after `cancel_async`. Less than was taken is given back as far as the bound allows, more
-        becomes debt. Raises `ConfigurationError` for an unknown unit or a cost that makes no sense.
+        becomes debt. Raises `ConfigurationError` for an unknown unit or a cost that makes no sense,
+        and `StoreUnavailable` when the store does not answer: it counts as settled all the same.
         """
         give = self._settling(units)
         if give is not None:

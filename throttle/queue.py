@@ -176,12 +176,16 @@ class Queue:
         """Return what to carry out so that a correction reaches those who wait long, and its index.
 
         Promises far ahead are taken back first, the latest first, and asked for anew behind it: so
-        nothing of the correction is lost to acts promised after it. None: correct it alone.
+        nothing of the correction is lost to acts promised after it. None: correct it alone, as when
+        somebody else was promised a later act: who gave back before that would lose its time.
         """
         with self.lock:
             now = self._now()
             far = [waiter for waiter in self.promised if waiter.due > now]
             if self.asked is not None or not far or far[0].due - now < HORIZON:
+                return None
+            latest = far[-1]
+            if latest.decision is None or not self.store.is_newest(latest.take, latest.decision):
                 return None
             self._withdraw(far)
             gives, self.gives = self.gives, []

@@ -18,7 +18,7 @@ from throttle.bucket import TokenBucket
 from throttle.clock import Clock
 from throttle.errors import ConfigurationError
 from throttle.keys import Key
-from throttle.take import Command, Give, Hold, Reset, State, Take, decide, new_state
+from throttle.take import Command, Decision, Give, Hold, Reset, State, Take, decide, new_state
 
 if TYPE_CHECKING:
     from throttle.quota import Quota
@@ -68,6 +68,10 @@ class Store:
     async def look_async(self, key: Key) -> int:
         """Return the end of the hold on a key in the store's microseconds; long ago when there is none."""
         raise NotImplementedError
+
+    def is_newest(self, take: Take, decision: Decision) -> bool:
+        """Return whether nobody was granted anything since; False when that takes a call to tell."""
+        return False
 
     def begin_anew(self) -> None:
         """Forget what belongs to the parent of a fork: nobody of the child waits yet."""
@@ -149,6 +153,16 @@ class MemoryStore(Store):
     async def look_async(self, key: Key) -> int:
         """Return the end of the hold on a key in the store's microseconds; long ago when there is none."""
         return self.look(key)
+
+    def is_newest(self, take: Take, decision: Decision) -> bool:
+        """Return whether nobody was granted anything of these quotas since."""
+        with self._lock:
+            now = self.clock.now()
+            states = self._states(self._entry(take.key.tag, now), take.quotas, now, asks=False)
+            return all(
+                receipt is None or receipt.serial == state.serial
+                for receipt, state in zip(decision.receipts, states, strict=True)
+            )
 
     def _carry_out(self, command: Command, now: int) -> Reply:
         entry = self._entry(command.key.tag, now)

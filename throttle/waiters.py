@@ -133,13 +133,7 @@ async def give_async(store: Store, command: Give) -> tuple[float, ...]:
         return give(store, command)
     import asyncio
 
-    queue: Queue | None = store.queues.get(command.key.tag)
-    amended = queue.amend(command) if queue is not None else None
-    if queue is None or amended is None:
-        counts: tuple[float, ...] = _reply(await asyncio.shield(_keep(store.run_async((command,)))))
-    else:
-        replies = await asyncio.shield(_keep(_carry_async(queue, amended[0])))
-        counts = _reply(replies, amended[1])
+    counts: tuple[float, ...] = _reply(await asyncio.shield(_keep(store.run_async((command,)))))
     return counts
 
 
